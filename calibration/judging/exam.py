@@ -210,7 +210,12 @@ def _columns(
     """Class folder -> column of the logits; None if nothing tells."""
     names = feeder.class_names(adapter)
     if names is not None:
-        found = {name: _Column(names.index(name)) for name in folders if name in names}
+        if twice := [name for name in folders if names.count(name) > 1]:
+            reasons.append(
+                f"{whose(adapter)}several of its classes are called {abbreviate(twice)}: which one "
+                "a folder has the images of is unknown, and they are not judged on"
+            )
+        found = {n: _Column(names.index(n)) for n in folders if n in names and n not in twice}
         if not found:
             reasons.append(
                 f"{whose(adapter)}none of the folders ({abbreviate(folders)}) is one of its "

@@ -131,6 +131,13 @@ def test_folders_that_are_no_class(bundle, folder):
         check_bound(1.0, exam)  # alpha's top-1 alone says nothing of gamma's
 
 
+def test_a_name_of_several_classes_tells_none_of_them(bundle, folder):
+    """ImageNet has two classes called crane: all of their images were taken for the first one's."""
+    _, exam = exam_of(named(bundle, gamma=("2", "1", "2")), folder)
+    assert {q.truth for q in exam.questions if q.adapter == "gamma"} == {1}
+    assert "adapter 'gamma': several of its classes are called 2: which one a" in exam.warnings[0]
+
+
 def test_folders_that_tell_no_column(bundle, folder):
     (folder / "gamma" / "1").rename(folder / "gamma" / "cat")
     _, exam = exam_of(bundle, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -53,6 +54,22 @@ def test_a_directory_appears_whole(tmp_path):
     assert names(target) == ["a"]
     assert names(target.parent) == ["out"]
     assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    out, synced, fsync = tmp_path / "out", [], os.fsync
+
+    def seen(handle):
+        synced.append((os.fstat(handle).st_ino, out.exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    with atomic_directory(out, overwrite=False, kind=ANY) as scratch:
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "a").write_text("x")
+    made = {(place.stat().st_ino, False) for place in (out, out / "deep", out / "deep" / "a")}
+    assert made == set(synced[:-1])
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
 
 
 def test_nothing_is_left_on_failure(tmp_path):
@@ -513,6 +530,20 @@ def test_without_an_exchange_the_old_one_is_moved_away_first(tmp_path, monkeypat
     assert names(tmp_path) == ["out"]
 
 
+def test_what_a_failing_disk_does_not_exchange_stays(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: fails)
+    old = old_directory(tmp_path)
+    with (
+        pytest.raises(WriteError, match="Input/output error"),
+        atomic_directory(old, overwrite=True, kind=ANY) as scratch,
+    ):
+        (scratch / "new.txt").write_text("new")
+    assert names(old) == ["old.txt"]
+
+
 def test_a_libc_without_renameat2(tmp_path, monkeypatch):
     monkeypatch.setattr(hhdeploy.files.directories, "_renameat2", lambda: None)
     test_overwrite_replaces_the_whole(tmp_path)
@@ -612,7 +643,8 @@ def test_the_empty_directory_one_stands_in_is_filled_and_stays_itself(tmp_path, 
     here = tmp_path / "out"
     here.mkdir()
     monkeypatch.chdir(here)
-    before = here.stat()
+    before, synced = here.stat(), []
+    monkeypatch.setattr(hhdeploy.files.directories, "sync_directory", synced.append)
     kind = Replaceable("anything", lambda path: None, last="a")
     with atomic_directory(Path(), overwrite=False, kind=kind) as scratch:
         (scratch / "a").write_text("x")
@@ -620,6 +652,7 @@ def test_the_empty_directory_one_stands_in_is_filled_and_stays_itself(tmp_path, 
         (scratch / "deep" / "b").write_text("y")
     assert os.path.samestat(before, here.stat())
     assert sorted(os.listdir()) == ["a", "deep"], "seen from where the shell stands"
+    assert synced == [here]
     assert (here / "deep" / "b").read_text() == "y"
     assert names(tmp_path) == ["out"]
 
@@ -650,16 +683,31 @@ def test_filling_ends_with_the_last_file_and_is_undone_where_it_fails(tmp_path, 
     assert names(tmp_path) == ["out"]
 
 
+def test_what_appears_in_the_directory_one_stands_in_is_not_written_over(tmp_path, monkeypatch):
+    here = tmp_path / "out"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with (  # noqa: PT012  (it appears in the block)
+        pytest.raises(WriteError, match="already exists"),
+        atomic_directory(Path(), overwrite=False, kind=ANY) as scratch,
+    ):
+        (scratch / "a").write_text("ours")
+        (here / "a").write_text("theirs")
+    assert contents(here) == {"a": b"theirs"}
+
+
 @pytest.mark.parametrize("below", ["", "deep"])
 def test_what_one_stands_in_is_not_replaced(tmp_path, monkeypatch, below):
     old = old_directory(tmp_path)
     (old / "deep").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.chdir(old / below)
-    with (
-        pytest.raises(WriteError, match="the directory you are in, or above it"),
-        atomic_directory(old, overwrite=True, kind=ANY),
-    ):
-        pytest.fail("it is refused before any work")
+    for place in (old, tmp_path / "link" / "out"):
+        with (
+            pytest.raises(WriteError, match="the directory you are in, or above it"),
+            atomic_directory(place, overwrite=True, kind=ANY),
+        ):
+            pytest.fail("it is refused before any work")
     assert names(old) == ["deep", "old.txt"]
 
 
@@ -730,3 +778,25 @@ def test_a_directory_is_removed_whole_and_only_of_its_kind(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     remove_directory(old, ANY)
     assert names(tmp_path) == ["other"]
+
+
+@pytest.mark.parametrize("meanwhile", ["changed", "removed"])
+def test_what_is_to_be_removed_is_judged_while_nobody_changes_it(tmp_path, monkeypatch, meanwhile):
+    old, held, synced = old_directory(tmp_path), [], []
+
+    @contextlib.contextmanager
+    def locked(path, *, lock_timeout=None):
+        held.append(path)
+        if len(held) == 2 and meanwhile == "changed":
+            (path / "mine").write_text("mine")
+        elif len(held) == 2:
+            shutil.rmtree(path)
+        yield
+
+    monkeypatch.setattr(hhdeploy.files.directories, "sync_directory", synced.append)
+    kind = Replaceable("x", lambda p: "it is mine" if (p / "mine").exists() else None, locked)
+    changed = pytest.raises(WriteError, match="it is mine")
+    with changed if meanwhile == "changed" else contextlib.nullcontext():
+        remove_directory(old, kind)
+    assert old.exists() == (meanwhile == "changed")
+    assert synced == ([] if meanwhile == "changed" else [tmp_path])

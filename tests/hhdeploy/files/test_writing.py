@@ -24,8 +24,10 @@ from hhdeploy.files.writing import (
     cache_of,
     copy_directory,
     os_errors,
+    placed_here,
     sha256_of,
     temporary_directory,
+    write_bytes,
     write_json,
 )
 from tests.workshop import copy_bundle, small_disk
@@ -92,6 +94,36 @@ def test_sha256(tmp_path):
 # --- what is there already ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_what_an_interrupt_leaves_in_its_place_is_known(tmp_path, monkeypatch, done):
+    target, rename = tmp_path / "a", os.replace
+    target.write_text("old")
+
+    def interrupted(made, place):
+        if done:
+            rename(made, place)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, placed_here() as record:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt), atomic_file(target, named=target) as scratch:
+            scratch.write_text("new")
+    assert (list(record), target.read_text()) == (([target], "new") if done else ([], "old"))
+    with placed_here() as record:
+        for _ in range(2):
+            with atomic_file(target, named=target) as scratch:
+                scratch.write_text("newer")
+    with atomic_file(tmp_path / "b", named=tmp_path / "b") as scratch:
+        scratch.write_text("after the block")
+    assert list(record) == [target]
+
+
+def test_a_shorter_file_has_nothing_of_the_longer_one_that_a_crash_left(tmp_path):
+    write_bytes(tmp_path / "a", b"longer")
+    write_bytes(tmp_path / "a", b"short")
+    assert (tmp_path / "a").read_bytes() == b"short"
+
+
 def test_a_link_is_followed(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "real.json").write_text("old")
@@ -153,6 +185,16 @@ def test_a_device_stays_one(tmp_path):
     assert names(tmp_path) == ["null"]
 
 
+def test_a_file_without_a_name_is_written_to(tmp_path):
+    """As a shell passes one that was removed: its path is that of another, which was made."""
+    with (tmp_path / "a").open("w+") as stream:
+        (tmp_path / "a").unlink()
+        with atomic_file(Path(f"/dev/fd/{stream.fileno()}")) as scratch:
+            scratch.write_text("x")
+        assert stream.read() == "x"
+    assert names(tmp_path) == []
+
+
 def test_nothing_reaches_a_pipe_when_the_content_fails(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RuntimeError), atomic_file(tmp_path / "pipe"):
@@ -165,12 +207,13 @@ def test_nothing_reaches_a_pipe_when_the_content_fails(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOENT, errno.EMFILE])
 def test_what_cannot_be_read_is_not_called_written(tmp_path, number):
-    source, target = tmp_path / "source" / "a", tmp_path / "out"
-    with pytest.raises(ReadError) as caught, os_errors(target):
-        raise OSError(number, os.strerror(number), str(source))
-    message = str(caught.value)
-    assert message.startswith(f"Could not read {source}, which {target} is made from")
-    assert os.strerror(number) in message
+    target = tmp_path / "out"
+    for source in (tmp_path / "source" / "a", tmp_path / ".outer.hhdeploy-0123abcd"):
+        with pytest.raises(ReadError) as caught, os_errors(target):
+            raise OSError(number, os.strerror(number), str(source))
+        message = str(caught.value)
+        assert message.startswith(f"Could not read {source}, which {target} is made from")
+        assert os.strerror(number) in message
 
 
 @pytest.mark.parametrize("inside", ["", "a", ".out.hhdeploy-0123abcd/a", "../"])
