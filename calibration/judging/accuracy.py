@@ -97,7 +97,7 @@ class TaskAccuracy:
         if self.lost is None or self.gained is None:
             return None
         mean = (self.lost - self.gained) / self.images
-        variance = max(0.0, (self.lost + self.gained) / self.images - mean**2)
+        variance = (self.lost + self.gained) / self.images - mean**2
         return 100 * math.sqrt(variance / self.images)
 
     @property

@@ -82,7 +82,8 @@ def output_file(target: Path) -> Iterator[Path]:
 
 
 def _check_folder(target: Path, what: str = "") -> None:
-    if not is_folder(Path(os.path.realpath(target)).parent, WriteError):
+    folder = Path(os.path.realpath(target)).parent if os.path.islink(target) else target.parent
+    if not is_folder(folder, WriteError):
         raise WriteError(
-            f"{what}{target}: {target.parent} is not a directory. Make it first, or choose another."
+            f"{what}{target}: {folder} is not a directory. Make it first, or choose another."
         )

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 from hhdeploy.adapters.config import LABELS, VALUES
-from hhdeploy.calibration.judging.accuracy import Accuracy, TaskAccuracy, answers, compare_answers
+from hhdeploy.calibration.judging.accuracy import (
+    TWO_SIDED_95,
+    Accuracy,
+    TaskAccuracy,
+    answers,
+    compare_answers,
+)
 from hhdeploy.calibration.judging.exam import Question
+from hhdeploy.parity import compare
 
 
 def question(adapter, truth, value=0.0):
@@ -52,6 +59,9 @@ def test_no_change_does_not_prove_no_loss():
     assert task.at_most == pytest.approx(5.0)  # rule of three
     changed = TaskAccuracy("t", 60, 0.9, 40.0, 50, 48, lost=3, gained=1)
     assert changed.drop < changed.at_most < changed.drop + 2 * changed.standard_error
+    evenly = TaskAccuracy("t", 60, 0.9, 40.0, 50, 50, lost=5, gained=5)
+    assert evenly.at_most == pytest.approx(TWO_SIDED_95 * evenly.standard_error)
+    assert TaskAccuracy("t", 60, 0.0, -9.0, 60, 0, lost=60, gained=0).at_most == 100.0
 
 
 def test_tasks_are_kept_apart_and_their_mean_is_over_tasks():
@@ -97,7 +107,7 @@ def test_padding_is_no_answer_and_no_noise():
     after = before + np.float32(0.01)
     (task,) = compare_answers(questions, before, after, held_out=True).tasks
     assert task.drop == 0.0
-    assert math.isfinite(task.sqnr_db)
+    assert task.sqnr_db == compare(before, after).sqnr_db != compare(after, before).sqnr_db
 
 
 def test_answers_come_in_order_whatever_the_batches():
@@ -114,9 +124,10 @@ def test_answers_come_in_order_whatever_the_batches():
 
 
 def test_json_holds_no_infinity():
-    questions = [question("a", 0)]
+    questions = [question(None, 0)]
     content = compare_answers(questions, one_hot([0]), one_hot([0]), held_out=True).to_json()
     assert content["tasks"][0]["sqnr_db"] == "inf"
+    assert content["tasks"][0]["task"] == "", "of a folded bundle"
 
 
 def judged(kind, truths, before, after):
@@ -143,7 +154,10 @@ def test_labels_are_judged_by_mean_average_precision():
     assert task.quantised_score == pytest.approx(((1 / 2 + 2 / 3) / 2 + 1) / 2)
     assert task.scores == ("mAP 100.00 %", "mAP 79.17 %")
     assert (task.drop, task.float_top1) == (None, None)
-    assert math.isfinite(task.sqnr_db)
+    pair = (np.asarray(x, np.float32) for x in (before, after))
+    assert task.sqnr_db == compare(*pair, LABELS).sqnr_db
+    near = judged(LABELS, [[1, 0]] * 2, [[0.0, -1], [0.0, -1]], [[0.1, -1], [-0.1, -1]])
+    assert near.agreement == 0.5, "a label is said from a probability of a half on"
 
 
 def test_values_are_judged_by_mean_absolute_error():

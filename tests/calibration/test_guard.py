@@ -69,7 +69,8 @@ def test_adapters_without_classes_have_no_top_1_to_bound():
 
 def test_a_bound_is_judged_on_images_that_calibration_does_not_use():
     known = Question("a", 0, "1.png", lambda: None)
-    check_bound(1.0, Exam((known,), True, "judge", ()))
+    for bound in (0.0, 1.0):
+        check_bound(bound, Exam((known,), True, "judge", ()))
     with pytest.raises(PlanError, match=r"calibration does not use; of judge none is left"):
         check_bound(1.0, Exam((known,), False, "judge", ()))
 

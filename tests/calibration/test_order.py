@@ -47,9 +47,9 @@ def test_the_order_that_float32_answers_is_taken(order):
     check_bound(1.0, settled)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.0, 0.5, None])
 def test_what_float32_does_not_tell_is_unknown(share):
-    """Random answers, and those that are as often right in one order as in the other."""
+    """Random answers, those that are as often right in one order as in the other, and all wrong."""
     exam = asked()
     rng = np.random.default_rng(0)
     columns = rng.integers(0, CLASSES, len(exam.questions))
@@ -58,6 +58,8 @@ def test_what_float32_does_not_tell_is_unknown(share):
             columns[row] = q.truth
         elif share:
             columns[row] = q.as_text
+        elif share is None:
+            columns[row] = min({0, 1, 2} - {q.truth, q.as_text})
     settled = settle_order(exam, answered(columns))
     assert {q.truth for q in settled.questions if q.adapter == "a"} == {None}
     assert [q.truth for q in settled.questions if q.adapter == "b"] == [*range(CLASSES)] * 5

@@ -55,6 +55,7 @@ def test_what_is_negligible_is_not_advised_against(share, advice):
     check = RangeCheck("a", "int8", 1, 8, (excess,))
     assert len(check.clipped) == (share > 1)
     assert advice in check.advice()
+    assert check.to_json()["inside"] is False, "a little outside is told by the advice"
 
 
 def test_brighter_images_leave_the_range(side):

@@ -16,6 +16,7 @@ from hhdeploy.bundle.packed import pack_adapter
 from hhdeploy.errors import WriteError
 from hhdeploy.files.directories import atomic_directory
 from hhdeploy.files.outputs import check_output, output_file
+from hhdeploy.files.writing import placed_here
 from tests.workshop import contents, copy_bundle
 
 WITNESS = Path(__file__).parents[2] / "witnesses" / "v1"
@@ -52,7 +53,9 @@ def test_a_file_inside_of_a_bundle_is_refused(bundle, name):
 def test_a_link_to_a_part_is_refused(bundle, tmp_path):
     (tmp_path / "link").symlink_to(bundle / "bank.safetensors")
     (tmp_path / "folder").symlink_to(bundle)
-    for path in (tmp_path / "link", tmp_path / "folder" / "bank.safetensors"):
+    (bundle / "out").symlink_to(tmp_path / "elsewhere")
+    inside = (tmp_path / "folder" / "bank.safetensors", bundle / "out")
+    for path in (tmp_path / "link", *inside):
         with pytest.raises(WriteError, match=INSIDE):
             check_output(path)
 
@@ -65,6 +68,16 @@ def test_a_file_in_a_folder_that_is_not_there(tmp_path):
     words = r"nowhere/bom\.json: .*nowhere is not a directory\. Make it first, or choose another"
     with pytest.raises(WriteError, match=words), output_file(tmp_path / "nowhere" / "bom.json"):
         pass
+    (tmp_path / "bom.json").symlink_to("nowhere/bom.json")
+    with pytest.raises(WriteError, match=r"/bom\.json: .*nowhere is not a directory"):
+        check_output(tmp_path / "bom.json")
+
+
+def test_what_was_written_is_known_by_its_name(tmp_path):
+    (tmp_path / "link").symlink_to("there")
+    with placed_here() as record, output_file(tmp_path / "link") as scratch:
+        scratch.write_text("new")
+    assert list(record) == [tmp_path / "link"]
 
 
 def test_what_cannot_be_written_is_known_before_slow_work(tmp_path, monkeypatch):

@@ -13,7 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hhdeploy.files.scratch import held_file, scratch_directory, scratch_file, sweep, sweep_all
+from hhdeploy.files import scratch
+from hhdeploy.files.scratch import (
+    alone_in,
+    held_file,
+    scratch_directory,
+    scratch_file,
+    sweep,
+    sweep_all,
+)
 
 _CHILD = """
 import sys, time
@@ -87,6 +95,35 @@ def test_scratch_of_all_kinds_is_swept_where_it_is_asked_for(tmp_path, child):
     assert {p.name for p in tmp_path.iterdir()} == living | stays
 
 
+def test_what_is_swept_before_it_is_held_is_made_again(tmp_path, monkeypatch):
+    """Another process sweeps between the two, or looks whether it may."""
+    hold, swept = scratch._hold, []
+
+    def late(path, *, by_maker=False):
+        if len(swept) < 2:
+            swept.append(path)
+            raise (FileNotFoundError, BlockingIOError)[len(swept) - 1]
+        return hold(path, by_maker=by_maker)
+
+    monkeypatch.setattr(scratch, "_hold", late)
+    with scratch_directory(tmp_path, "out") as folder:
+        assert folder.is_dir()
+    assert len(swept) == 2
+    sweep(tmp_path / "none", "out")
+
+
+def test_one_process_at_a_time_is_alone_in_a_directory(tmp_path):
+    with alone_in(tmp_path):
+        handle = os.open(tmp_path, os.O_RDONLY)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
+    with alone_in(tmp_path):  # again, as it was given back
+        assert os.listdir(tmp_path) == []
+
+
 def test_a_link_is_neither_followed_nor_a_crash(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
@@ -143,13 +180,13 @@ def test_what_cannot_be_removed_at_the_end_hides_no_error(tmp_path, monkeypatch)
     def refuse(path, **at):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
 
-    for scratch in (scratch_directory, scratch_file, lambda place, name: held_file(place / name)):
+    for make in (scratch_directory, scratch_file, lambda place, name: held_file(place / name)):
         with monkeypatch.context() as patch:
             for name in ("unlink", "rmdir"):
                 patch.setattr(os, name, refuse)
-            with pytest.raises(OSError, match="the first"), scratch(tmp_path, "out"):
+            with pytest.raises(OSError, match="the first"), make(tmp_path, "out"):
                 raise OSError(errno.EIO, "the first")
-            with scratch(tmp_path, "other"):
+            with make(tmp_path, "other"):
                 pass
 
 
