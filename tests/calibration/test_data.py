@@ -11,9 +11,12 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from hhdeploy.bundle import Bundle
+from hhdeploy.bundle.manifest import BANK_FILE
 from hhdeploy.calibration.data import CalibrationData
+from hhdeploy.calibration.feeds import Feeder
 from hhdeploy.calibration.judging.exam import make_exam
 from hhdeploy.errors import DataError
+from hhdeploy.files.tensors import tensor_bytes
 from hhdeploy.preprocess import open_image
 from tests.calibration.conftest import ADAPTERS, write_pictures
 from tests.workshop import flip_byte
@@ -120,6 +123,27 @@ def test_the_digest_sees_whose_row_is_whose(bundle, pictures):
     assert opened(other, pictures).digest != opened(bundle, pictures).digest
 
 
+def test_the_digest_sees_other_rows_and_preprocessing(bundle, pictures):
+    """Else the scales in a cache would be those of the adapters that were replaced."""
+    bank = bundle.bank().copy()
+    bank[bundle.manifest.adapter("alpha").row, 0] += 1.0
+    trained = {bundle.manifest.named(BANK_FILE): tensor_bytes({"adapter_bank": bank})}
+    first, *rest = bundle.manifest.adapters
+    first = replace(first, preprocess=replace(first.preprocess, crop_pct=0.5))
+    manifest = replace(bundle.manifest, adapters=(first, *rest))
+    found = (bundle, replace(bundle, held=trained), replace(bundle, manifest=manifest))
+    assert len({opened(each, pictures).digest for each in found}) == 3
+
+
+def test_a_folded_bundle_s_images_are_its_adapter_s(folded):
+    bundle = Bundle.open(folded)
+    (entry,) = bundle.manifest.adapters
+    entry = replace(entry, preprocess=replace(entry.preprocess, crop_pct=0.5))
+    feeder = Feeder(replace(bundle, manifest=replace(bundle.manifest, adapters=(entry,))))
+    assert feeder.preprocess(None) == entry.preprocess
+    assert feeder.class_count(None) == entry.classes
+
+
 def test_images_are_decoded_when_they_are_asked_for(bundle, copied):
     (copied / "alpha" / "a" / "0.png").write_bytes(b"no picture")
     data = opened(bundle, copied)
@@ -216,6 +240,10 @@ def test_copies_of_one_picture_are_too_few(bundle):
     batch = {"images": np.repeat(noise(1), 40, axis=0), "adapters": ["alpha"] * 40}
     with pytest.raises(DataError, match=r"at least 4 .* images, found 1 \(40 with copies\)\."):
         opened(bundle, [batch], images=40)
+    batch["images"] = np.repeat(noise(5), 8, axis=0)
+    assert "only 5 (40 with copies) calibration images for adapter 'alpha'" in " ".join(
+        opened(bundle, [batch], images=40).warnings
+    )
 
 
 def test_arrays_by_name_and_by_row_are_the_same(bundle, tmp_path):
@@ -228,6 +256,9 @@ def test_arrays_by_name_and_by_row_are_the_same(bundle, tmp_path):
     batches = ({"images": images[i : i + 1], "adapter_ids": [rows[i]]} for i in range(5))
     from_python = opened(bundle, batches)  # a generator can be read only once
     assert from_file.digest == from_python.digest
+    wide = opened(bundle, [{"images": images.astype(np.float64), "adapter_ids": rows}])
+    assert next(iter(wide))["images"].dtype == np.float32
+    assert wide.digest == from_file.digest
     order = [int(s.source.removeprefix("image ")) for s in from_python.samples]
     assert sorted(order) == list(range(5))
     for _ in range(2):
@@ -291,6 +322,10 @@ def test_arrays_of_a_folded_bundle_are_shuffled(folded):
         ({"images": noise(4), "adapters": ["alpha"] * 3}, "expected 4 adapters, found 3"),
         ({"images": noise(4), "adapters": ["alpha", "alpha", "x", "x"]}, "unknown adapter 'x'"),
         ({"images": noise(4), "adapter_ids": [1, 2, 3, 9]}, "unknown adapter 9"),
+        (
+            {"images": noise(4), "adapters": ["alpha"] * 4, "labels": [0] * 4},
+            "found adapters, images, labels",
+        ),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(bundle, batch, message):

@@ -8,13 +8,21 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from hhdeploy.adapters.config import CLASSES, VALUES
 from hhdeploy.calibration.judging.accuracy import Accuracy, TaskAccuracy
-from hhdeploy.calibration.judging.exam import Exam
-from hhdeploy.calibration.judging.findings import Changed, Findings, Guess, pixels_of
+from hhdeploy.calibration.judging.exam import Exam, Question
+from hhdeploy.calibration.judging.findings import (
+    Changed,
+    Findings,
+    Guess,
+    changed_images,
+    pixels_of,
+)
 from hhdeploy.calibration.judging.guard import Guarded, Trial
 from hhdeploy.calibration.quantised import Quantised, SiteInfo
 from hhdeploy.calibration.report.markup import tag
@@ -139,7 +147,41 @@ def test_the_verdict_in_one_sentence(findings):
     assert "90.0% of 40 held-out images, whose true classes are unknown" in unknown.verdict()
 
 
+def test_what_gains_costs_nothing(findings):
+    gains = TaskAccuracy("digits", 250, 0.9, 30.0, 225, 240, lost=0, gained=15)
+    found = replace(findings, accuracy=Accuracy((gains,), True)).verdict()
+    assert found.startswith("INT8 costs nothing of top-1 (90.00 % to 96.00 %, standard error ")
+    same = TaskAccuracy("digits", 60, 1.0, 40.0, 50, 50, lost=0, gained=0)
+    accuracy = Accuracy((same, TaskAccuracy("b", 40, 0.9, 24.5)), True)
+    found = replace(findings, accuracy=accuracy).verdict()
+    assert "up to 5.0 points open" in found, "images without true classes prove nothing"
+
+
+def test_the_images_that_lost_most_are_shown_first():
+    """Right ones that are wrong now, other answers, then those that got less probable; no other."""
+    cases = {
+        "risen": ([1, 0, 0], [2, 0, 0], 0),
+        "fallen": ([9, 0, 0], [1, 0, 0], 0),
+        "other": ([1, 0, 0], [1, 1.2, 0], 2),
+        "lost": ([1, 0, 0], [1, 1.1, 0], 0),
+        "value": ([9, 0, 0], [0, 9, 0], None),
+    }
+    questions = [
+        Question("a", truth, name, lambda: np.full((3, 20, 30), 9, np.float32),
+                 VALUES if name == "value" else CLASSES)
+        for name, (*_, truth) in cases.items()
+    ]  # fmt: skip
+    feeder = SimpleNamespace(class_names=lambda name: None, preprocess=lambda name: PREPROCESS)
+    before, after = (np.asarray([case[i] for case in cases.values()], np.float32) for i in (0, 1))
+    found = changed_images(feeder, Exam(tuple(questions), True, "x", ()), before, after, 9)
+    assert [image.source for image in found] == ["lost", "other", "fallen"]
+    assert (found[0].before.label, found[0].after.label, found[0].truth) == ("0", "1", "0")
+    assert found[0].pixels.max() == 1.0
+    assert len(changed_images(feeder, Exam(tuple(questions), True, "x", ()), before, after, 1)) == 1
+
+
 def test_a_bound_finer_than_the_images_is_said(findings):
+    assert any("the guard chose the sites on the images" in w for w in findings.warnings)
     assert not any("cannot resolve" in w for w in findings.warnings)
     fine = replace(findings, guarded=replace(findings.guarded, max_drop=0.5))
     assert any("cannot resolve a bound of 0.5 points" in w for w in fine.warnings)
