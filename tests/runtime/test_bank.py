@@ -162,6 +162,16 @@ def test_too_few_slots_say_how_many(small):
 
 def test_the_default_bank_has_64_rows(small):
     assert AdapterBank(Bundle.open(small), None).slots == 64
+    assert AdapterBank(Bundle.open(small), None, 2).slots == 3, "or what is needed"
+
+
+def test_an_adapter_that_was_added_is_held_by_nobody(small, workshop):
+    bank = AdapterBank(Bundle.open(small), 4)
+    entry = bank.add("guest", workshop.directory("rival"))
+    assert not bank.held("guest")
+    bank.remove("guest")
+    assert bank.free_rows == 1
+    assert not bank.rows[entry.row].any()
 
 
 def test_adapters_that_do_not_belong(own, workshop):
@@ -311,6 +321,12 @@ def test_opened_with_fewer_rows_than_adapters(branches, workshop):
         assert opened.adapters.put(packed).verified
     with pytest.raises(SessionError, match="too small"):
         open_session(branches, device="cpu", slots=1, partial=True)
+    bundle = Bundle.open(branches)
+    _, *others = bundle.manifest.adapters
+    rest = replace(bundle, manifest=replace(bundle.manifest, adapters=tuple(others)))
+    bank = AdapterBank(rest, 2, partial=True)  # of one in row 2
+    assert (list(bank), bank["rival"].row) == (["rival"], 1)
+    assert np.array_equal(bank.rows[1], bundle.bank()[2])
 
 
 # --- backends with a copy of the bank -----------------------------------------------------------

@@ -31,7 +31,7 @@ from hhdeploy.errors import (
     WriteError,
 )
 from hhdeploy.files.tensors import read_tensors, tensor_bytes
-from hhdeploy.files.writing import sha256_of
+from hhdeploy.files.writing import json_bytes, sha256_of
 from hhdeploy.runtime import open_session
 from tests.support import assert_parity
 from tests.workshop import contents, copy_bundle, flip_byte
@@ -638,8 +638,10 @@ def test_a_damaged_file_is_written_again(bundle):
     flip_byte(bundle / named)
     with pytest.raises(BundleError, match="expected sha256"):
         Bundle.open(bundle).read(named)
-    with edit(bundle) as change:
-        assert change.store("parity.json", content) == named
+    with (bundle / named).open("rb") as stream:
+        with edit(bundle) as change:
+            assert change.store("parity.json", content) == named
+        assert stream.read() != content, "who has the damaged one open keeps it"
     assert Bundle.open(bundle).read(named) == content
     assert contents(bundle).keys() >= {named}
 
@@ -684,7 +686,12 @@ def test_a_bundle_that_lost_a_graph_is_not_changed(bundle, graph, change):
 
 def test_what_was_measured_of_an_adapter_goes_with_it(bundle):
     """Another one of its name in its row would have its errors for its own."""
+    answers = [{"adapter": "alpha"}, {"adapter": "gamma"}]
+    with edit(bundle) as change:
+        measured = {**change.bundle.parity(), "pictures": {"answers": answers}}
+        change.store("parity.json", json_bytes(measured))
     remove_adapter(bundle, "alpha")
+    assert Bundle.open(bundle).parity()["pictures"] == {"answers": answers[1:]}
     add(bundle, "alpha")
     assert {s["adapter"] for s in Bundle.open(bundle).parity()["stages"]} == {"gamma"}
     assert "(alpha)" not in (bundle / "README.md").read_text()
