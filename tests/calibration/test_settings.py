@@ -20,8 +20,10 @@ def test_settings_survive_json():
 
 def test_numpy_s_numbers_survive_json_too():
     """They were written once everything had been calibrated and judged."""
-    settings = CalibrationSettings(smooth_quant=np.float32(0.5), images=np.int64(7))
-    assert CalibrationSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    for alpha in (0.0, 0.5, 1.0):
+        settings = CalibrationSettings(smooth_quant=np.float32(alpha), images=np.int64(7))
+        told = json.loads(json.dumps(settings.to_json()))
+        assert CalibrationSettings.from_json(told) == settings
 
 
 @pytest.mark.parametrize(

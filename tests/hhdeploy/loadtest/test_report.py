@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,43 @@ def test_one_fault_among_many_fails(answer, verdict):
     assert report.statuses == ({429: 1} if verdict is Verdict.UNEXPECTED else {})
 
 
+def said(logits) -> Reply:
+    """A right answer, of the protocol."""
+    output = {"name": "logits", "datatype": "FP32", "shape": list(logits.shape)}
+    head = json.dumps({"outputs": [output]}).encode()
+    return Reply(200, head + logits.astype("<f4").tobytes(), len(head))
+
+
+def test_what_was_answered_is_counted_and_what_was_refused_has_no_latency():
+    record = record_of(Reply(404), Reply(404), at_start=False)
+    record.churn.timelines[0].change(0, 0.5, 1.5)
+    record.churn.changes.append(Turnover("alpha", "add", 0.5, 1.5, Reply(200)))
+    answer = said(np.ones((2, 2), np.float32))
+    record.exchanges.append(Exchange(Request(0, (0, 0), None), 1.0, 1.0, 1.25, answer))
+    content = report_of(record).to_json()
+    assert content["passed"]
+    assert (content["requests_per_second"], content["images_per_second"]) == (1.5, 1.0)
+    assert content["latencies"]["all"] == asdict(Latencies.of([0.25]))
+    assert content["changes"] == {"add": asdict(Latencies.of([1.0]))}
+
+
+def test_a_request_that_was_sent_late_saw_nothing_earlier():
+    """When it was due the old version was there; when it was sent the new one was acknowledged."""
+    old, new = np.asarray([[1, 0]], np.float32), np.asarray([[0, 1]], np.float32)
+    expected = Expectations(["alpha"], [[old, new]], bound("branches", "float32"))
+    record = record_of()
+    record.churn.timelines[0].change(1, 2.0, 3.0)
+    record.exchanges.append(Exchange(REQUEST, 1.0, 4.0, 5.0, said(old)))
+    report = make_report(record, expected, 0, lambda done, total: None)
+    assert report.verdicts[Verdict.WRONG] == 1
+
+
+def test_the_first_faults_are_told():
+    report = report_of(record_of(*(Reply(500, str(number).encode()) for number in range(12))))
+    assert [fault[-1] for fault in report.faults] == list("0123456789")
+    assert report.faulty == 12
+
+
 def test_a_change_that_was_refused_fails():
     change = Turnover("alpha", "replace", 1.0, 2.0, Reply(500, b"no room"))
     report = report_of(record_of(changes=[change]))
@@ -92,6 +130,10 @@ def test_requests_during_a_change_are_apart():
     assert found["while adapters changed"].count == 4
     assert found["otherwise"] == Latencies.of([8.0, 0.5])
     assert found["all"].count == 6
+
+
+def test_percentiles():
+    assert Latencies.of(np.arange(101) / 1e3) == Latencies(101, 50.0, 90.0, 99.0, 100.0)
 
 
 def test_no_latencies_of_nothing():

@@ -62,7 +62,8 @@ def test_requests_are_seeded():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"requests": 0}, {"clients": 0}, {"images": 0}, {"skew": -1}, {"rate": 0.0}]
+    "wrong",
+    [{"requests": 0}, {"clients": 0}, {"images": 0}, {"skew": -1}, {"churn": -1}, {"rate": 0.0}],
 )
 def test_a_load_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(PlanError, match="expected"):
