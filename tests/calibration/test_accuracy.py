@@ -156,8 +156,8 @@ def test_labels_are_judged_by_mean_average_precision():
     assert (task.drop, task.float_top1) == (None, None)
     pair = (np.asarray(x, np.float32) for x in (before, after))
     assert task.sqnr_db == compare(*pair, LABELS).sqnr_db
-    near = judged(LABELS, [[1, 0]] * 2, [[0.0, -1], [0.0, -1]], [[0.1, -1], [-0.1, -1]])
-    assert near.agreement == 0.5, "a label is said from a probability of a half on"
+    near = judged(LABELS, [[1, 0]] * 2, [[0.0, -1]] * 2, [[0.1, -1]] * 2)
+    assert near.agreement == 1.0, "a label is said from a probability of a half on"
 
 
 def test_values_are_judged_by_mean_absolute_error():
