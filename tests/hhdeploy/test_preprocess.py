@@ -372,6 +372,15 @@ def test_orientation_as_other_programs_write_it(tmp_path, write):
     assert upright(open_image(path)).size == (60, 80)
 
 
+def test_a_picture_of_sixteen_bits_is_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    pixels = np.arange(6, dtype=np.uint16).reshape(2, 3) * 257
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    found = np.asarray(upright(open_image(tmp_path / "a.png")))
+    assert np.array_equal(found, np.rot90(pixels // 257, -1))
+
+
 def test_exif_goes_before_xmp(tmp_path):
     exif = Image.Exif()
     exif[274] = 3

@@ -12,7 +12,7 @@ import pytest
 from hhdeploy.adapters.format import PARTS, SiteTensors
 from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.algebra import SiteDelta
-from hhdeploy.bundle.layout import Branch, RowLayout
+from hhdeploy.bundle.layout import FLOAT16_MAX, Branch, RowLayout, check_row_range
 from hhdeploy.errors import CapacityError
 from hhdeploy.plan import Reserve, plan_branches
 from tests.hhdeploy.test_plan import DIM, FACTS, HIDDEN
@@ -310,3 +310,12 @@ def test_parts_of_another_size(part, found):
         return
     message = (f"fc1.{part} has {found} values", f"takes {expected}", "another model")
     refused(layout, changed, *message)
+
+
+def test_a_row_beyond_float16_is_refused_where_there_is_such_a_graph():
+    for most in (FLOAT16_MAX, -FLOAT16_MAX):
+        row = np.asarray([0.0, most, -np.inf], np.float32)  # of a head with fewer classes
+        check_row_range("a", row, ["float32", "float16"])
+        check_row_range("a", row * 2, ["float32", "bfloat16"])
+        with pytest.raises(CapacityError, match=r"'a': a value of 6\.55e\+04 in its row is beyond"):
+            check_row_range("a", row * np.float32(1.0005), ["float32", "float16"])

@@ -14,7 +14,7 @@ import pytest
 from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.bundle.manifest import MANIFEST, write_manifest
-from hhdeploy.bundle.packed import pack_adapter, unpack_adapter
+from hhdeploy.bundle.packed import model_version, pack_adapter, unpack_adapter
 from hhdeploy.errors import AdapterError, BundleError, PlanError, WriteError
 from tests.support import images
 from tests.workshop import copy_bundle
@@ -47,6 +47,19 @@ def test_a_run_with_the_file_answers_as_the_bank_does(branches, tmp_path):
     # Python's own check of the feeds knows no adapters; the runtime's does.
     found = session._sess.run(["logits"], {"images": x, "adapter_ids": np.zeros(3, int)}, options)
     assert np.array_equal(found[0], expected)
+
+
+def test_rows_are_of_one_model_and_one_layout(branches):
+    manifest = Bundle.open(branches).manifest
+    facts, layout = manifest.backbone, manifest.layout
+    others = (
+        {"backbone": replace(facts, sha256="0" * 64)},
+        {"backbone": replace(facts, buffers="0" * 64)},
+        {"layout": replace(layout, classes=layout.classes + 1)},
+    )
+    versions = {model_version(replace(manifest, **other)) for other in ({}, *others)}
+    assert len(versions) == 4
+    assert all(0 <= version < 2**31 for version in versions)
 
 
 def test_what_a_manifest_says_beside_is_of_no_meaning_to_a_row(branches, tmp_path):

@@ -170,6 +170,8 @@ def test_splits(tmp_path, files, train, val):
     found = find_splits(write(tmp_path, *files))
     assert found.train == tmp_path / train
     assert found.val == (tmp_path / val if val else None)
+    there = train != "." and (tmp_path / "test").is_dir()
+    assert found.test == ((tmp_path / "test",) if there else ())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_a_list_of_paths_and_labels_stands_for_a_folder(tmp_path):
     """Of VTAB: numbers in their order, paths that begin at the list's folder."""
     write(tmp_path, "images/b c.png", "images/a.png", "images/d.png", "train/e.png")
     file = tmp_path / "train800val200.txt"
-    file.write_text("images/b c.png 10\nimages/a.png 2\n\ntrain/e.png\t2\nimages/d.png 10\n")
+    file.write_text("images/d.png 10\nimages/a.png 2\n\ntrain/e.png\t2\nimages/b c.png 10\n")
     found = list_classes(file)
     assert list(found.paths) == ["2", "10"]
     assert names(found.paths["2"], tmp_path) == ["images/a.png", "train/e.png"]
