@@ -93,6 +93,21 @@ def test_a_product_by_hand(transposed, tmp_path):
     )
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_an_input_is_smoothed_once_for_all_sites_of_the_same_factors(same):
+    text = """agraph (float[batch, 11] images) => (float[batch, 13] logits) {
+        a = MatMul(images, v)
+        b = MatMul(images, w)
+        logits = Add(a, b)
+    }"""
+    model = graph(text, {"v": random(11, 13), "w": random(11, 13)}, {"a": "fc1", "b": "fc2"})
+    factors = np.linspace(0.5, 1.5, 11, dtype=np.float32)
+    other = factors if same else factors[::-1].copy()
+    scales = {"fc1": SiteScale(2.0, factors), "fc2": SiteScale(2.0, other)}
+    found = pairs(quantised_model(model, scales, INT8, "head"))
+    assert len(found["Mul"]) == (1 if same else 2)
+
+
 # -- whole graphs -------------------------------------------------------------------------------
 
 

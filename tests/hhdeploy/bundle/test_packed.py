@@ -14,7 +14,7 @@ import pytest
 from hhdeploy.adapters.format import load_adapter, save_adapter
 from hhdeploy.bundle import Bundle, add_adapter
 from hhdeploy.bundle.manifest import MANIFEST, write_manifest
-from hhdeploy.bundle.packed import model_version, pack_adapter, unpack_adapter
+from hhdeploy.bundle.packed import adapter_of, model_version, pack_adapter, unpack_adapter
 from hhdeploy.errors import AdapterError, BundleError, PlanError, WriteError
 from tests.support import images
 from tests.workshop import copy_bundle
@@ -95,6 +95,29 @@ def dense(path, name):
         right, left = (parts.pop(f"{branch.name}/{p}") for p in ("right", "left_t"))
         parts[f"{branch.name}/product"] = np.einsum("nko,nki->noi", left, right, dtype=np.float64)
     return parts
+
+
+def test_a_row_of_two_forms_is_no_adapter(branches):
+    bundle = Bundle.open(branches)
+    manifest, layout = bundle.manifest, bundle.manifest.layout
+    row = row_of(branches, "gamma") + row_of(branches, "headless")
+    with pytest.raises(AdapterError, match="file: its row has additive and sequential matrices"):
+        adapter_of(manifest, layout, row, "file")
+
+
+def test_a_sequential_row_without_a_diagonal_is_one(branches):
+    bundle = Bundle.open(branches)
+    manifest, layout = bundle.manifest, bundle.manifest.layout
+    row = row_of(branches, "gamma").copy()
+    for name, part in layout.views(row).items():
+        if name.endswith("/diag"):
+            part[:] = 0
+    found = adapter_of(manifest, layout, row, "file")
+    assert found.config.form == "sequential"
+    assert found.config.base_buffers == manifest.backbone.buffers
+    assert found.sites
+    assert all((site.d == 1).all() for site in found.sites.values())
+    assert np.array_equal(layout.pack("again", found), row)
 
 
 def test_a_disk_that_is_full_is_said_and_leaves_the_old_file(branches, tmp_path):
