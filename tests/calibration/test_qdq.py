@@ -80,9 +80,11 @@ def test_a_product_by_hand(transposed, tmp_path):
     )
     model = graph(text, {"w": stored}, {"logits": "fc"})
     scale = SiteScale(2.0, np.linspace(0.5, 1.5, 11, dtype=np.float32))
-    found = logits(
-        saved(quantised_model(model, {"fc": scale}, INT8, "head"), tmp_path), [{"images": x}]
-    )
+    low_model = quantised_model(model, {"fc": scale}, INT8, "head")
+    found = logits(saved(low_model, tmp_path), [{"images": x}])
+    (dequantise,) = (node for node in low_model.graph if node.name == "fc/weight/dequantise")
+    axis = dequantise.attributes.get_int("axis")
+    assert axis == (0 if transposed else 1), "which ONNX Runtime does not look at in a Gemm"
     low, scales = quantised_weight(weight, scale, INT8)
     step = np.float32(2.0 / 127)
     assert scale.smooth is not None
