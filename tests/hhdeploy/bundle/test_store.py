@@ -19,8 +19,11 @@ import pytest
 
 import hhdeploy.bundle.locking
 import hhdeploy.bundle.membership
+from hhdeploy.adapters.format import load_adapter
+from hhdeploy.adapters.mixing import at_strength
 from hhdeploy.bundle import Bundle, add_adapter, remove_adapter
 from hhdeploy.bundle.manifest import BANK_FILE, hash_files, name_with_digits, plain_name
+from hhdeploy.bundle.membership import entry_of
 from hhdeploy.bundle.reading import read_bundle
 from hhdeploy.bundle.store import Basis, edit
 from hhdeploy.errors import (
@@ -627,6 +630,14 @@ def test_an_edit_that_no_reader_would_take_is_refused(bundle, change, said):
         with edit(bundle) as made:
             made.manifest = replace(made.manifest, adapters=(replace(alpha, **change), gamma))
     assert contents(bundle) == before
+
+
+@pytest.mark.parametrize("classifier", ["head", ""])
+def test_an_entry_has_its_adapter_s_strength(bundle, classifier):
+    """Also where the graph gives no logits: else the adapter would not be the one in its row."""
+    adapter = at_strength(load_adapter(WITNESS / "rival"), 0.5)
+    facts = replace(Bundle.open(bundle).manifest.backbone, classifier=classifier)
+    assert entry_of("guest", 3, adapter, facts, verified=False).strength == 0.5
 
 
 def test_a_damaged_file_is_written_again(bundle):
