@@ -171,7 +171,7 @@ def verify_against_torch(
     if not report.passed:
         raise parity_error(report)
     check_contents(bundle, precisions)
-    check_originals(bundle, backbone, adapters)
+    say(progress, [check_originals(bundle, backbone, adapters)])
     if device == "cpu":
         shown = dict.fromkeys(stage.precision for stage in report.stages)
         say(progress, effects.lines([*shown], refuse=False))

@@ -2,7 +2,8 @@
 
 The bounds of float32 are narrow, and still wider than what one number of a weight does to the
 logits. But the model is at hand: parameters that a graph names, and weights of its Linears, are the
-model's, or what the folded adapter makes of them.
+model's, or what the folded adapter makes of them; and the other tables are something that the
+model computes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from hhdeploy.adapters.applying import linear_with, path_of_parameters, values_with
 from hhdeploy.adapters.format import Adapter
 from hhdeploy.backbones.facts import LOGITS
+from hhdeploy.backbones.parameters import values_in
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import MANIFEST
 from hhdeploy.errors import BundleError, abbreviate
+from hhdeploy.exporters.inserter import BANK
 from hhdeploy.graph import BRANCH, LINEAR_TAG, constant, linears_by_path, open_graph
-from hhdeploy.parity import ROW_BOUND
+from hhdeploy.verifying.tables import alike, shares
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
 _Pair = tuple[str, NDArray[Any], NDArray[Any]]
 # Operations that the tracer's optimiser merges a BatchNorm into, under the parameter's name.
 _MERGING = frozenset({"Conv", "ConvTranspose", "Gemm"})
+# Numbers of the shapes, pads and axes that operations take: twice the dimensions of a tensor.
+_OF_SHAPES = 16
+# A table that has more than this part of one of the model's is that one, damaged.
+_MOSTLY = 0.5
 
 
 def check_stated(bundle: Bundle, backbone: Backbone) -> Iterator[str]:
@@ -75,33 +82,69 @@ def _difference(found: Any, expected: Any, model: str) -> str:
     )
 
 
-def check_originals(bundle: Bundle, backbone: Backbone, adapters: Mapping[str, Adapter]) -> None:
-    """Compare the float32 graph's constants with the parameters of the model, within rounding.
+def check_originals(
+    bundle: Bundle, backbone: Backbone, adapters: Mapping[str, Adapter]
+) -> str | None:
+    """Compare the float32 graph's constants with the model's, within rounding.
 
-    Known are those that a graph names as the model does, and the weights of its Linears. Of
-    others, tables that the tracer computed, nothing is certain: another version of torch may
-    compute them otherwise. Of a convolution, into which a BatchNorm may have been merged, every
-    filter is a multiple of the model's.
+    Known are parameters that a graph names as the model does, and the weights of its Linears. Of a
+    convolution, into which a BatchNorm may have been merged, every filter is a multiple of the
+    model's. Tables that the tracer computed are looked for among what the model computes.
 
     Args:
         bundle: of this very model.
         backbone: the model, bare.
         adapters: all of the bundle's, of which a folded bundle has one in its weights.
 
+    Returns:
+        A line about tables that are like nothing the model computes, if any.
+
     Raises:
         BundleError: naming the constants that are others.
     """
-    path = bundle.graph("float32")
+    path, model = bundle.graph("float32"), backbone.facts.model
+    graph = open_graph(path).graph
     folded = next(iter(adapters.values()), None) if bundle.manifest.layout is None else None
-    pairs = _pairs(open_graph(path).graph, backbone, folded)
-    wrong = [n for n, found, right in pairs if not _alike(found, right)]
-    if wrong := list(dict.fromkeys(wrong)):
+    known: dict[str, bool] = {}
+    for name, found, right in _pairs(graph, backbone, folded):
+        known[name] = known.get(name, True) and _alike(found, right)
+    if (baked := constant(graph.initializers.get(BANK))) is not None:
+        known[BANK] = np.array_equal(baked, bundle.bank())
+    tables = {n: v for n, v in _tables(graph) if n not in known}
+    found_in_model = _shares(backbone, folded, tables)
+    wrong = [name for name, right in known.items() if not right]
+    wrong += [name for name, share in found_in_model.items() if _MOSTLY < share < 1.0]
+    if wrong:
         raise BundleError(
-            f"{path}: expected as weights those of {backbone.facts.model}"
+            f"{path}: expected as weights those of {model}"
             f"{' with its adapter' if folded is not None else ''}, found others: "
             f"{abbreviate(wrong)}. The graph is damaged, or of another model. Get the bundle's "
             "files again from where they are whole, or export it again."
         )
+    strange = [name for name, share in found_in_model.items() if share < 1.0]
+    return (
+        f"{path}: not compared, as {model} computes nothing like it: {abbreviate(strange)}"
+        if strange
+        else None
+    )
+
+
+def _tables(graph: ir.Graph) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Constants of several numbers, but for shapes, axes and the like."""
+    for name, value in graph.initializers.items():
+        array = constant(value)
+        if array is not None and array.size > (1 if array.dtype.kind == "f" else _OF_SHAPES):
+            yield name, array
+
+
+def _shares(
+    backbone: Backbone, folded: Adapter | None, tables: Mapping[str, NDArray[Any]]
+) -> dict[str, float]:
+    """`shares` of the model with the parameters that the folded adapter replaces."""
+    if folded is None:
+        return shares(backbone, tables)
+    with values_in(backbone.model, values_with(backbone, folded), folded.source):
+        return shares(backbone, tables)
 
 
 def _pairs(graph: ir.Graph, backbone: Backbone, folded: Adapter | None) -> Iterator[_Pair]:
@@ -206,6 +249,4 @@ def _scaled(right: NDArray[Any], found: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _alike(found: NDArray[Any], right: NDArray[Any]) -> bool:
-    bound = ROW_BOUND * float(np.max(np.abs(right[np.isfinite(right)]), initial=0.0))
-    same = found.shape == right.shape
-    return same and np.allclose(found, right, rtol=ROW_BOUND, atol=bound, equal_nan=True)
+    return found.shape == right.shape and bool(alike(found, right).all())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ def negate_one(weight: NDArray) -> None:
     """A number has the other sign: a small one, as every one of a model of real size is."""
     flat = weight.reshape(-1)
     sizes = np.abs(flat)
-    flat[np.argmin(np.where(sizes > 1e-4 * sizes.max(), sizes, np.inf))] *= -1
+    flat[np.argmin(np.where(sizes > 1e-4 * sizes[np.isfinite(sizes)].max(), sizes, np.inf))] *= -1
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,7 @@ def negate_one(weight: NDArray) -> None:
         ("small", "pos_embed"),  # what no digest holds
         ("folded", "blocks.0.attn.proj.weight_folded"),
         ("constant", "blocks.1.mlp.fc2.weight_t"),
+        ("constant", "adapter_bank"),
     ],
 )
 def test_one_number_of_a_weight(request, workshop, tmp_path, which, name):
@@ -50,31 +53,68 @@ def test_one_number_of_a_weight(request, workshop, tmp_path, which, name):
     assert verify(bundle).passed  # without the model nothing tells
 
 
+BEIT = {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32, "patch_size": 16}
+
+
 @pytest.fixture(scope="module")
-def normalised(tmp_path_factory) -> tuple[Path, Path]:
-    """A bundle of a network whose convolutions have taken their BatchNorms in; its checkpoint."""
+def drawn(tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
+    """Makes a bundle of a network of timm with its statistics and tables drawn, and its
+    checkpoint."""
     import timm
     import torch
     from safetensors.torch import save_file
 
-    root, random = tmp_path_factory.mktemp("normalised"), torch.Generator().manual_seed(3)
-    model = timm.create_model("test_resnet", num_classes=5)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=random))
-    save_file(model.state_dict(), root / "model.safetensors")
-    arguments = {"checkpoint": root / "model.safetensors", "model_args": {"num_classes": 5}}
-    export("test_resnet", {}, root / "bundle", fold=True, verify_images=1, cache=None, **arguments)
-    return root / "bundle", root / "model.safetensors"
+    @functools.cache
+    def make(name: str) -> tuple[Path, Path]:
+        root, random = tmp_path_factory.mktemp(name), torch.Generator().manual_seed(3)
+        args = {"num_classes": 5, **(BEIT if "beit" in name else {})}
+        model = timm.create_model(name, **args)
+        state = model.state_dict()
+        for key, tensor in state.items():
+            if key.endswith(("running_mean", "running_var", "bias_table", "q_bias")):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=random))
+        save_file(state, root / "model.safetensors")
+        arguments = {"checkpoint": root / "model.safetensors", "model_args": args}
+        export(name, {}, root / "bundle", fold=True, verify_images=1, cache=None, **arguments)
+        return root / "bundle", root / "model.safetensors"
+
+    return make
 
 
-def test_convolutions_that_have_taken_a_batchnorm_in(normalised, tmp_path):
-    source, checkpoint = normalised
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("test_resnet", "layer2.0.conv1.weight"),  # which has taken a BatchNorm in
+        ("test_resnet", "layer2.0.conv1.weight_bias"),  # which is what the BatchNorm adds
+        ("beit_base_patch16_224", "unsqueeze"),  # the biases by relative position
+        ("beit_base_patch16_224", "cat_1"),  # q's and v's biases, and zeros between
+    ],
+)
+def test_what_the_tracer_computed(drawn, tmp_path, model, name):
+    source, checkpoint = drawn(model)
     bundle = copy_bundle(source, tmp_path / "bundle")
-    assert verify_against_torch(bundle, checkpoint=checkpoint, verify_images=1).passed
-    plant(bundle, "float32", "layer2.0.conv1.weight", negate_one)
-    with pytest.raises(BundleError, match=r"those of test_resnet\S*, found others: layer2.0.conv1"):
-        verify_against_torch(bundle, checkpoint=checkpoint, verify_images=1)
+    said: list[str] = []
+    options = {"checkpoint": checkpoint, "verify_images": 1, "progress": said.append}
+    assert verify_against_torch(bundle, **options).passed
+    assert not [line for line in said if "not compared" in line]
+    plant(bundle, "float32", name, negate_one)
+    with pytest.raises(BundleError, match=rf"those of {model}\S*, found others: {name}\."):
+        verify_against_torch(bundle, **options)
+
+
+def test_a_table_that_is_like_nothing_in_the_model(drawn, tmp_path):
+    source, checkpoint = drawn("beit_base_patch16_224")
+    bundle = copy_bundle(source, tmp_path / "bundle")
+
+    def scale(table: NDArray) -> None:
+        table *= 1.00003
+
+    plant(bundle, "float32", "unsqueeze", scale)
+    said: list[str] = []
+    options = {"checkpoint": checkpoint, "verify_images": 1, "progress": said.append}
+    assert verify_against_torch(bundle, **options).passed
+    (line,) = (line for line in said if "not compared" in line)
+    assert line.endswith("computes nothing like it: unsqueeze")
 
 
 @pytest.mark.parametrize(
