@@ -171,6 +171,10 @@ def _read(file: Path, root: Path) -> tuple[tuple[str, ...], list[_Line]]:
     lines: dict[Path, _Line] = {}
     for number, row in rows:
         where, path = f"{file}, line {number}", root / row[0].strip()
+        if any("\0" in cell for cell in row):
+            raise DataError(
+                f"{where}: expected text, found a zero byte. Save the file as UTF-8, not UTF-16."
+            )
         if lost := [cell for cell in row[1:] if "\n" in cell.strip()]:
             raise DataError(
                 f"{where}: expected a path and its label or values in one line, found a cell of "

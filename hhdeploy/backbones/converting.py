@@ -105,6 +105,8 @@ _TOWER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_eps": 1e-6,
     },
 }
+# Norms of Swin that have torch's epsilon whatever config.json says.
+_FIXED_EPS = ("patch_embed.norm", "downsample.norm")
 # Activations of config.json as timm's modules.
 _ACTIVATIONS = {
     "gelu": ("GELU",),
@@ -114,11 +116,8 @@ _ACTIVATIONS = {
 }
 # What marks the names of OpenAI's ViTs, what its own files have beside them, and OpenCLIP's
 # configuration.
-_CLIP_MARK, _OPENAI, _OPEN_CLIP = (
-    "visual.class_embedding",
-    "input_resolution",
-    "open_clip_config.json",
-)
+_CLIP_MARK, _OPENAI = "visual.class_embedding", "input_resolution"
+_OPEN_CLIP = "open_clip_config.json"
 
 
 def marked(names: Iterable[str]) -> tuple[str, str] | None:
@@ -292,22 +291,29 @@ def agree(model: nn.Module, file: Path) -> tuple[tuple[str, ...], float]:
     """
     from torch import nn
 
-    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
-    path = file.parent / "config.json"
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    if not norms:
+        raise BackboneError(
+            "`model_args`: expected LayerNorms, as transformers' model has, found none. Leave "
+            "norm_layer out."
+        )
+    path, own = file.parent / "config.json", next(iter(norms.values())).eps
     try:
         config: Mapping[str, Any] = object_in(path, BackboneError)
     except FileNotFoundError:
-        eps = norms[0].eps
         return (
-            f"weights of transformers without their config.json: norm eps {eps:g}, "
+            f"weights of transformers without their config.json: norm eps {own:g}, "
             f"{', '.join(_heads(model))} heads and timm's activation and pooling assumed",
-        ), eps
-    config = _of_images(config)
+        ), own
+    config = _of_images(config, path)
     _check(model, config, path)
-    eps = float(config.get("layer_norm_eps", norms[0].eps))
-    for norm in norms:
-        norm.eps = eps
-    return (), eps
+    if (eps := config.get("layer_norm_eps")) is None:
+        return (f"{path} says no layer_norm_eps: timm's {own:g} assumed",), own
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise BackboneError(f"{path}: layer_norm_eps: expected a small number, found {eps!r}.")
+    for name, norm in norms.items():
+        norm.eps = norm.eps if name.endswith(_FIXED_EPS) else float(eps)
+    return (), float(eps)
 
 
 def agree_on_clip(
@@ -353,10 +359,11 @@ def _activations(model: nn.Module) -> set[str]:
     }
 
 
-def _of_images(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _of_images(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """Of a CLIP's or SigLIP's configuration what is said of its tower; else all of it."""
     name = str(config.get("model_type")).removesuffix("_vision_model")
-    inner = config.get("vision_config", config)
+    if not isinstance(inner := config.get("vision_config", config), dict):
+        raise BackboneError(f"{path}: vision_config: expected an object, found {inner!r}.")
     return {**_TOWER_DEFAULTS.get(name, {}), **inner, "model_type": name}
 
 

@@ -34,7 +34,7 @@ from hhdeploy.choices import TYPED, Precision
 from hhdeploy.errors import BundleError, ConflictError, HhdeployError, as_code
 from hhdeploy.files.bundle_checks import check_bundle_json
 from hhdeploy.files.bundle_json import bundle_path, json_object, read_bundle_json
-from hhdeploy.files.plain import read_plain, what_instead
+from hhdeploy.files.plain import ends_changed, read_plain, what_instead
 from hhdeploy.files.tensors import tensors_of
 from hhdeploy.files.writing import sha256_of, sha256_of_bytes
 
@@ -213,7 +213,7 @@ class Bundle:
             return BundleError(f"{path} is missing. Export the bundle again.")
         what = "the file is not the one that was exported"
         with contextlib.suppress(OSError):
-            what = what_instead(path) or what
+            what = what_instead(path) or ends_changed(path, expected) or what
         return BundleError(
             f"{path}: expected sha256 {expected[:16]}…, found {found[:16]}…: {what}. Copy or "
             "export the bundle again."

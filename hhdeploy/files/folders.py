@@ -28,19 +28,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 # Left by archives, file servers and file systems, which spell them in several ways.
 _LEFT_BEHIND = frozenset(
-    {
-        "__macosx",
-        "__pycache__",
-        "@eadir",
-        "#recycle",
-        "@recycle",
-        "$recycle.bin",
-        "#snapshot",
-        "~snapshot",
-        "@recently-snapshot",
-        "lost+found",
-        "system volume information",
-    }
+    "__macosx,__pycache__,@eadir,#recycle,@recycle,$recycle.bin,#snapshot,~snapshot,"
+    "@recently-snapshot,lost+found,system volume information".split(",")
 )
 _TRAIN, _VAL = ("train", "training"), ("val", "valid", "validation", "dev")
 _SPLITS = frozenset({*_TRAIN, *_VAL, "test", "testing"})
@@ -49,6 +38,10 @@ _PART = re.compile(
     r"(?<![a-z])(?:(?P<train>train|training)|(?P<judging>val|valid|validation|dev|test|testing|eval"
     r"|evaluation|holdout)|fold|split)(?:set|data|images?)?(?![a-z])"
 )
+
+# Folders of pictures, and of what was drawn for each of them: a mask is an image, and no example.
+_SHOWN = re.compile("images?|imgs?|pictures|photos")
+_DRAWN = re.compile("masks?|labels?|annotations?|segmentations?|ground[ _-]?truths?|gt")
 
 
 @dataclass(frozen=True)
@@ -321,11 +314,12 @@ def _check_classes(file: Path, labels: Sequence[str]) -> None:
 
 
 def _check_no_parts(directory: Path, classes: Mapping[str, Sequence[Path]]) -> None:
-    """A split by other names, or within the classes, is neither classes nor one pile.
+    """A split by other names, or within the classes, is neither classes nor one pile; nor are
+    pictures and their masks.
 
     Raises:
-        DataError: two folders of names of parts hold folders of one name, or a class has a folder
-            to train on and one to judge on.
+        DataError: two folders of names of parts hold folders of one name, a class has a folder to
+            train on and one to judge on, or there are masks beside images.
     """
     below: dict[str, set[str]] = {}
     for name, paths in classes.items():
@@ -338,6 +332,17 @@ def _check_no_parts(directory: Path, classes: Mapping[str, Sequence[Path]]) -> N
                 "of one class, found parts of a split. Move them to DIR/train/CLASS and "
                 "DIR/val/CLASS, or name the images that are to be used in a list, a text file of "
                 "lines of a path and a label."
+            )
+    for place, names in {
+        directory: classes,
+        **{directory / n: p for n, p in below.items()},
+    }.items():
+        shown, drawn = ([n for n in names if p.fullmatch(n.lower())] for p in (_SHOWN, _DRAWN))
+        if shown and drawn:
+            raise DataError(
+                f"{place} holds {shown[0]} and {drawn[0]}: expected images alone, found masks "
+                "beside them. Move them elsewhere, or name the images that are to be used in a "
+                "list, a text file of lines of a path and a label."
             )
     parts = [name for name in classes if _PART.search(name.lower())]
     for one, other in itertools.combinations(parts, 2):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
 import os
 import stat
 from io import BufferedReader, FileIO
@@ -122,6 +123,17 @@ def what_instead(path: Path) -> str | None:
         return "it is empty"
     start = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     return next((what for begin, what in _INSTEAD if start.startswith(begin)), None)
+
+
+def ends_changed(path: Path, sha256: str) -> str | None:
+    """What became of a small file of text that had this digest before its line ends were changed,
+    in words; None: nothing of the kind."""
+    if hashlib.sha256(read_few(path).replace(b"\r\n", b"\n")).hexdigest() != sha256:
+        return None
+    return (
+        "its lines end as on Windows (CRLF), as git with core.autocrlf=true writes them. Clone it "
+        "with git -c core.autocrlf=false clone"
+    )
 
 
 def plain_files(directory: Path) -> list[str]:

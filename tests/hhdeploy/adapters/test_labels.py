@@ -297,6 +297,9 @@ def test_a_table_that_is_none(root):
     (root / "labels.csv").write_bytes(b"a.png,\xff\xfe\n")
     with pytest.raises(DataError, match="in UTF-8"):
         read_labels(root / "labels.csv", root)
+    (root / "labels.csv").write_bytes(b"a.png,ca\0t\n")
+    with pytest.raises(DataError, match="line 1: expected text, found a zero byte"):
+        read_labels(root / "labels.csv", root)
 
 
 def test_mean_average_precision_by_hand():

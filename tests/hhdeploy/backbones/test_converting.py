@@ -94,7 +94,7 @@ SAME = {
     "siglip features": ("SiglipVisionModel", SIZES, "vit_base_patch16_siglip_224", TANH),
     "swin": (
         "SwinForImageClassification",
-        {**SWIN, "image_size": 32, "num_labels": 7},
+        {**SWIN, "image_size": 32, "num_labels": 7, "layer_norm_eps": 0.05},
         "swin_tiny_patch4_window7_224",
         {**SWIN, "img_size": 32},
     ),
@@ -174,6 +174,18 @@ def test_without_a_configuration_a_line_says_what_is_assumed(tmp_path):
     assert line.endswith("assumed")
 
 
+def changed(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_an_epsilon_that_the_configuration_does_not_say_is_timm_s(tmp_path):
+    saved(tmp_path, *SAME["vit"][:2])
+    changed(tmp_path, layer_norm_eps=None)
+    line, _ = loaded(tmp_path, *SAME["vit"][2:]).notes
+    assert line == f"{tmp_path / 'config.json'} says no layer_norm_eps: timm's 1e-06 assumed"
+
+
 def test_the_epsilon_is_part_of_the_traced_graph_s_key(tmp_path):
     keys = []
     for eps in (1e-6, 0.05):
@@ -188,12 +200,14 @@ def test_the_epsilon_is_part_of_the_traced_graph_s_key(tmp_path):
         ({"num_attention_heads": 4}, {}, r"config.json: 4 heads, the timm model has 3.*num_heads"),
         ({"hidden_act": "quick_gelu"}, {}, "activation is quick_gelu, the timm model's GELU"),
         ({}, {"global_pool": "avg", "fc_norm": False}, "reads a token, .*global_pool is 'avg'"),
+        ({"layer_norm_eps": "1e-6"}, {}, "layer_norm_eps: expected a small number, found '1e-6'"),
+        ({"vision_config": None}, {}, "vision_config: expected an object, found None"),
+        ({}, {"norm_layer": "groupnorm1"}, "`model_args`: expected LayerNorms.* norm_layer out"),
     ],
 )
 def test_what_weights_do_not_show_is_compared(change, args, said, tmp_path):
     saved(tmp_path, *SAME["vit"][:2])
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    changed(tmp_path, **change)
     with pytest.raises(BackboneError, match=said):
         loaded(tmp_path, "vit_tiny_patch16_224", {**TIMM, **args})
 

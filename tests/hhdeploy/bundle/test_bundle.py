@@ -174,6 +174,15 @@ def test_a_missing_or_truncated_file_is_refused_by_name(bundle, file):
         open_session(bundle, device="cpu")
 
 
+def test_line_ends_that_git_changed_are_named(bundle):
+    """Of a clone with core.autocrlf=true."""
+    for file in bundle.rglob("*.json"):
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    said = r"adapter_config\.json: expected sha256 .*CRLF.*Clone it with git -c core.autocrlf=false"
+    with pytest.raises(BundleError, match=said):
+        Bundle.open(bundle).check_files()
+
+
 def test_a_damaged_reference_is_refused_by_name(bundle):
     flip_byte(bundle / "reference.safetensors")
     with pytest.raises(BundleError, match=r"reference\.safetensors: expected sha256"):

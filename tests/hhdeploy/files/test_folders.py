@@ -225,9 +225,23 @@ def test_a_split_within_the_classes_is_not_one_pile(tmp_path, deeper):
 
 
 @pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (("images/1.png", "masks/1.png"), "holds images and masks"),
+        (("a/Images/1.png", "a/Masks/1.png", "b/2.png"), "a holds Images and Masks"),
+        (("a/img/1.png", "a/ground truth/1.png"), "a holds img and ground truth"),
+    ],
+)
+def test_masks_are_no_class_and_no_images_of_one(tmp_path, files, said):
+    with pytest.raises(DataError, match=f"{said}: expected images alone, found masks"):
+        list_classes(write(tmp_path, *files))
+
+
+@pytest.mark.parametrize(
     "files",
     [
         ("train/night/1.png", "bus/night/2.png"),  # vehicles
+        ("mask/1.png", "no mask/images/2.png"),  # faces
         ("indoor/a/1.png", "outdoor/a/2.png"),
         ("test tube/1.png", "fold/2.png", "train/3.png"),
         ("valley/a/1.png", "tests/b/2.png", "contest/a/3.png"),
