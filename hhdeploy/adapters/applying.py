@@ -86,13 +86,15 @@ def logits_with(
     """Logits in float64 of the backbone with some parameters replaced."""
     import torch
 
+    from hhdeploy.backbones.parameters import forgetting
+
     own = {n: p.detach().double() for n, p in backbone.model.named_parameters()}
     new = [name for name in parameters if name not in own]
     replaced = {name: torch.from_numpy(value) for name, value in parameters.items()}
     buffers = {
         n: b.double() if b.is_floating_point() else b for n, b in backbone.model.named_buffers()
     }
-    with torch.no_grad(), _with_places(backbone.model, new):
+    with torch.no_grad(), forgetting(backbone.model), _with_places(backbone.model, new):
         found: NDArray[np.float64] = torch.func.functional_call(
             backbone.model, own | replaced | buffers, (torch.from_numpy(images).double(),)
         ).numpy()

@@ -37,6 +37,8 @@ def put_values(
     for path, value in values.items():
         new = torch.from_numpy(value).to(old[path].device, old[path].dtype)
         _exchange(model, old[path], nn.Parameter(new, requires_grad=False))
+    if old:
+        forget(model)
     return old
 
 
@@ -69,6 +71,8 @@ def restore_values(model: nn.Module, old: Mapping[str, nn.Parameter]) -> None:
         new = model.get_parameter(path)
         parameter.data = parameter.data.to(new.device, new.dtype)
         _exchange(model, new, parameter)
+    if old:
+        forget(model)
 
 
 def _exchange(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
@@ -77,6 +81,26 @@ def _exchange(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter is old:
                 setattr(module, name, new)
+
+
+def forget(model: nn.Module) -> None:
+    """Have a model drop what it computed of its parameters and keeps in eval mode, as LeViT and
+    TinyViT keep their biases by position: such modules do so when they are put in training mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    model.train(modes[0][1])  # some compute it anew here
+    for module, mode in modes:
+        module.training = mode
+
+
+@contextmanager
+def forgetting(model: nn.Module) -> Iterator[None]:
+    """`forget` before the block and behind it: of other values, or in another type."""
+    forget(model)
+    try:
+        yield
+    finally:
+        forget(model)
 
 
 @contextmanager

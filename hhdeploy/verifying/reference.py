@@ -193,6 +193,7 @@ def _training_time_outputs(
     """[n, columns] of each output."""
     import torch
 
+    from hhdeploy.backbones.parameters import forgetting
     from hhdeploy.training import attach, detach
     from hhdeploy.verifying.wide import Float64
 
@@ -205,6 +206,7 @@ def _training_time_outputs(
         with (
             torch.no_grad(),
             giving(model, backbone.facts.classifier, outputs),
+            forgetting(model),
             Float64(),
         ):
             batches = [

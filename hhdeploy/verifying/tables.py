@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hhdeploy.backbones.attention import plain_attention
+from hhdeploy.backbones.parameters import forgetting
 from hhdeploy.backbones.spec import Backbone
 from hhdeploy.parity import ROW_BOUND
 
@@ -35,7 +36,7 @@ def shares(backbone: Backbone, tables: Mapping[str, NDArray[Any]]) -> dict[str, 
     for tensor in (*model.parameters(), *model.buffers(), *_made_by_the_tracer(model, tables)):
         watch.look(tensor)
     images = torch.zeros(2, *backbone.facts.preprocess.input_size)
-    with torch.no_grad(), plain_attention(model), watch:
+    with torch.no_grad(), plain_attention(model), forgetting(model), watch:
         model(images)
     return watch.shares
 
