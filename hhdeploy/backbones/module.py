@@ -132,7 +132,7 @@ def _preprocess(
     """The transform that the module states as ``pretrained_cfg``, else what has to be assumed."""
     config = getattr(model, "pretrained_cfg", None)
     stated = config if isinstance(config, Mapping) and "mean" in config else {}
-    size = spec.input_size or stated.get("input_size") or stated_size(model)
+    size = spec.input_size or stated_size(model) or stated.get("input_size")
     if size is None:
         raise BackboneError(
             f"python:{name}: the size of its images is not known. Pass `input_size`, (channels, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import sys
 import warnings
@@ -63,7 +64,7 @@ def load_timm(spec: BackboneSpec) -> Loaded:
     else:
         model, classes = _from_timm(spec)
     preprocess, line = _transform(spec, model, converted)
-    _check_input_size(spec, preprocess)
+    _check_input_size(spec, model, preprocess)
     return Loaded(
         model,
         resolved_name(model, spec.model),
@@ -131,9 +132,9 @@ def _timm_config(folder: Path) -> Mapping[str, Any] | None:
     return stated if isinstance(stated, dict) and "mean" in stated else None
 
 
-def _check_input_size(spec: BackboneSpec, preprocess: Preprocess) -> None:
-    """Of timm's models the arguments make the size: one that is asked for beside them would mean
-    nothing.
+def _check_input_size(spec: BackboneSpec, model: nn.Module, preprocess: Preprocess) -> None:
+    """Of timm's models the arguments, if they take such, make the size: one that is asked for
+    beside them would mean nothing.
 
     Raises:
         BackboneError: it is another one.
@@ -146,10 +147,15 @@ def _check_input_size(spec: BackboneSpec, preprocess: Preprocess) -> None:
         args["img_size"] = asked[1] if asked[1] == asked[2] else list(asked[1:])
     if asked[0] != made[0]:
         args["in_chans"] = asked[0]
+    way = f"have the model made for that size: `model_args={args}`, beside its other arguments"
+    if "img_size" in args.keys() - inspect.signature(type(model).__init__).parameters.keys():
+        way = (
+            f"as {type(model).__name__} takes no img_size, write a function that returns "
+            "timm.create_model(...), and load that for that size: python:package.module:function"
+        )
     raise BackboneError(
         f"`input_size`: expected {list(made)}, as timm makes {spec.model} with these arguments, "
-        f"found {list(asked)}. Leave it out, or have the model made for that size, if it takes "
-        f"others: `model_args={args}`, beside its other arguments."
+        f"found {list(asked)}. Leave it out, or {way}."
     )
 
 

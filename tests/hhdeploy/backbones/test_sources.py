@@ -754,7 +754,8 @@ def with_transform(**stated):
 
 def test_the_module_may_state_its_transform():
     name = f"python:{__name__}:with_transform"
-    backbone = load_backbone(BackboneSpec(name, {"crop_pct": 0.5}))
+    # The size that the module says itself goes before that of the weights' first training.
+    backbone = load_backbone(BackboneSpec(name, {"crop_pct": 0.5, "input_size": [3, 224, 224]}))
     found = backbone.facts.preprocess
     assert (found.input_size, found.mean, found.std) == (
         (3, 32, 32),

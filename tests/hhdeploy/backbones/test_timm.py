@@ -146,6 +146,13 @@ def test_an_input_size_that_is_not_the_model_s(asked, advice):
         load_backbone(replace(tiny_spec(), input_size=asked))
 
 
+def test_a_model_of_any_size_takes_another_from_a_function():
+    with pytest.raises(
+        BackboneError, match=r"ConvNeXt takes no img_size, write a function .*pytho"
+    ):
+        load_backbone(BackboneSpec("test_convnext", pretrained=False, input_size=(3, 96, 128)))
+
+
 def test_the_advice_of_an_input_size_is_taken():
     asked = (1, 64, 32)
     backbone = load_backbone(replace(tiny_spec(img_size=[64, 32], in_chans=1), input_size=asked))
