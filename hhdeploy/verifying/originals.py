@@ -130,11 +130,15 @@ def check_originals(
 
 
 def _tables(graph: ir.Graph) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Constants of several numbers, but for shapes, axes and the like."""
+    """Constants of several numbers, but for what tracers write of their own: shapes, axes and the
+    like, places counted, and masks that hide nothing."""
     for name, value in graph.initializers.items():
         array = constant(value)
         if array is not None and array.size > (1 if array.dtype.kind == "f" else _OF_SHAPES):
-            yield name, array
+            flat = array.reshape(-1)
+            counted = array.dtype.kind == "i" and np.array_equal(flat, np.arange(flat.size))
+            if not counted and not (array.dtype.kind == "b" and flat.all()):
+                yield name, array
 
 
 def _shares(

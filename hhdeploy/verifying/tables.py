@@ -33,7 +33,7 @@ def shares(backbone: Backbone, tables: Mapping[str, NDArray[Any]]) -> dict[str, 
         tables: by name, of any shape: their numbers are compared as they lie, row by row.
     """
     model, watch = backbone.model, _Watch(tables)
-    for tensor in (*model.parameters(), *model.buffers(), *_made_by_the_tracer(model, tables)):
+    for tensor in (*model.parameters(), *model.buffers(), *_made_by_the_tracer(model)):
         watch.look(tensor)
     images = torch.zeros(2, *backbone.facts.preprocess.input_size)
     with torch.no_grad(), plain_attention(model), forgetting(model), watch:
@@ -61,6 +61,8 @@ class _Watch(TorchFunctionMode):
 
     def look(self, tensor: torch.Tensor) -> None:
         """Compare one tensor."""
+        if tensor.dtype == torch.bfloat16:  # which NumPy has not
+            return
         for name, table in self._tables.items():
             if table.size == tensor.numel() and self.shares[name] < 1.0:
                 share = float(alike(table, tensor.detach().numpy().reshape(-1)).mean())
@@ -74,16 +76,12 @@ def alike(found: NDArray[Any], right: NDArray[Any]) -> NDArray[np.bool_]:
     return same
 
 
-def _made_by_the_tracer(
-    model: nn.Module, tables: Mapping[str, NDArray[Any]]
-) -> Iterator[torch.Tensor]:
-    """Matrices transposed; what a BatchNorm adds, which a convolution without a bias gets as one;
-    and places counted, by which the tracer writes a mean over a map."""
+def _made_by_the_tracer(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Matrices transposed, and what a BatchNorm adds, which a convolution without a bias gets as
+    one."""
     yield from (p.T for p in model.parameters() if p.ndim == 2)
     for m in model.modules():
         if isinstance(m, _BatchNorm) and (mean := m.running_mean) is not None:
             yield functional.batch_norm(
                 torch.zeros(1, len(mean)), mean, m.running_var, m.weight, m.bias, eps=m.eps
             )
-    for size in {table.size for table in tables.values() if table.dtype.kind == "i"}:
-        yield torch.arange(size)
