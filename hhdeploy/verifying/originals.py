@@ -188,10 +188,11 @@ def _of_linear(
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
     """Weight (out, in) and bias, where it has one, with the adapter in them."""
     names = path_of_parameters(backbone, linear)
+    biased = names[1] in right or len(linear.sites) == 1  # BEiT's q and v have theirs elsewhere
     if folded is not None and any(site.name in folded.sites for site in linear.sites):
         right = linear_with(backbone, folded, linear, right)
     weight, bias = (right.get(name) for name in names)
-    return weight, bias
+    return weight, bias if biased else None
 
 
 def _taken_apart(

@@ -13,12 +13,15 @@ import pytest
 from numpy.typing import NDArray
 
 from hhdeploy import export, verify, verify_against_torch
+from hhdeploy.backbones.loading import load_backbone
+from hhdeploy.backbones.spec import BackboneSpec
 from hhdeploy.bundle import Bundle
 from hhdeploy.bundle.manifest import write_manifest
 from hhdeploy.errors import BundleError
 from hhdeploy.graph import LINEAR_TAG
-from hhdeploy.verifying.originals import _alike, _named, _scaled, check_stated
+from hhdeploy.verifying.originals import _alike, _named, _of_linear, _scaled, check_stated
 from tests.hhdeploy.verifying.test_contents import plant
+from tests.support import random_adapter
 from tests.workshop import copy_bundle
 
 
@@ -115,6 +118,21 @@ def test_a_table_that_is_like_nothing_in_the_model(drawn, tmp_path):
     assert verify_against_torch(bundle, **options).passed
     (line,) = (line for line in said if "not compared" in line)
     assert line.endswith("computes nothing like it: unsqueeze")
+
+
+def test_a_bias_of_q_k_and_v_that_the_model_has_elsewhere_is_not_known(drawn):
+    """BEiT adds it beside the Linear: what an adapter adds is not all of it."""
+    _, checkpoint = drawn("beit_base_patch16_224")
+    backbone = load_backbone(BackboneSpec("beit_base_patch16_224", BEIT, checkpoint))
+    adapter = random_adapter(backbone.facts, targets=("q", "fc1"), parts=("db",))
+    right = {name: p.detach().numpy() for name, p in backbone.model.named_parameters()}
+    known = {
+        linear.path: _of_linear(backbone, adapter, linear, right)[1] is not None
+        for linear in backbone.facts.linears
+        if linear.path != "head"
+    }
+    of_block = {f"blocks.0.{path}": True for path in ("attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert known == {"blocks.0.attn.qkv": False} | of_block
 
 
 @pytest.mark.parametrize(
