@@ -192,8 +192,10 @@ def _stated_classifier(model: nn.Module) -> str:
         return ""
     if not isinstance(module, nn.Linear):
         raise BackboneError(
-            f"{type(model).__name__}: the classifier {path} is {type(module).__name__}; "
-            "expected a Linear."
+            f"{type(model).__name__}: the classifier {path} is {type(module).__name__}; expected a "
+            "Linear. Let a function, python:MODULE:FUNCTION, return the model with "
+            "pretrained_cfg = {**model.pretrained_cfg, 'classifier': 'PATH'}, of the Linear in it "
+            "that the logits are the output of, or '' where there is none."
         )
     return path
 

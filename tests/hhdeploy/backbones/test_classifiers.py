@@ -80,3 +80,13 @@ def test_a_module_states_its_classifier():
     with giving(model, "first", (FEATURES,)):
         (features,) = model(images)
     assert torch.equal(features, model.last(images.flatten(1)))
+
+
+def test_a_head_of_several_layers_is_named_by_its_last():
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(12, 6), nn.GELU(), nn.Linear(6, 5)))
+    model.pretrained_cfg = {"classifier": "1"}
+    with pytest.raises(BackboneError, match=r"1 is Sequential; expected a Linear\. .*: 'PATH'\}"):
+        classifier_path(model)
+    model.pretrained_cfg = {**model.pretrained_cfg, "classifier": "1.2"}
+    assert classifier_path(model) == "1.2"
+    check(model)
